@@ -116,14 +116,23 @@ def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made == [(512, 512)]
 
 
-def test_products_of_both_kinds() -> None:
-    """A weight in oneDNN's form, or not: the same product, of rows that lie apart, too."""
-    weight, x = torch.randn(1024, 512), torch.randn(8, 700)[:, 100:612]
+@pytest.mark.parametrize("is_intel", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_packed_linear(monkeypatch: pytest.MonkeyPatch, is_intel: bool, dtype: torch.dtype) -> None:
+    """A weight copied into another layout, or not: the same product, of rows that lie apart, too."""
+    monkeypatch.setattr(gemm, "_has_fast_mkl", lambda: is_intel)
+    weight, x = torch.randn(1024, 512, dtype=dtype), torch.randn(8, 700, dtype=dtype)[:, 100:612]
     plain, packed = gemm.PackedLinear(weight, 8, 1), gemm.PackedLinear(weight, 8, 20)
     transposed = gemm.PackedLinear(weight.t().contiguous().t(), 8, 20)
+    out = torch.randn(8, 1024, dtype=dtype)
     assert plain.packed is None
-    if not gemm._has_operators():
-        pytest.skip("this PyTorch has no packed products")
-    for other in (packed, transposed):
-        assert other.packed is not None
-        torch.testing.assert_close(other(x), plain(x), atol=1e-3, rtol=0)
+    assert plain.transposed is None
+    for other in (plain, packed, transposed):
+        if other is not plain:
+            assert (other.transposed is not None) == is_intel
+            expects_onednn = not is_intel and dtype == torch.float32 and gemm._has_operators()
+            assert (other.packed is not None) == expects_onednn
+        torch.testing.assert_close(other(x), x @ weight.t(), atol=1e-3, rtol=0)
+        added = out.clone()
+        assert other.add_to(added, x) is added
+        torch.testing.assert_close(added, out + x @ weight.t(), atol=1e-3, rtol=0)

@@ -6,6 +6,7 @@ several graphs in flight are tested. Behaviour that needs a device is not tested
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,7 +20,7 @@ import sentences
 from attn_kernels import Memory
 from attn_kernels.seq2seq import Seq2Seq
 from attn_kernels.seq2seq.attentions import STATELESS as ATTENTIONS
-from attn_kernels.seq2seq.fused import cuda_graph
+from attn_kernels.seq2seq.fused import cuda_graph, distinct, sequence
 from sentences import LOSSES, SOURCE, TARGET, Batch, random_batch
 
 
@@ -50,6 +51,9 @@ class Recorder:
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     one = Recorder()
     monkeypatch.setattr(cuda_graph, "_capturer", lambda x: one)
+    # Only on the CPU, where there are no graphs.
+    monkeypatch.setattr(distinct, "MIN_REPEATS", math.inf)
+    monkeypatch.setattr(sequence, "gains", lambda _: False)
     monkeypatch.setattr(cuda_graph, "graphs", cuda_graph.Graphs())
     return one
 

@@ -17,6 +17,7 @@ from ..stock import register
 from .attentions import attend_step
 from .encoder import CELLS
 from .fused.autograd import decode_sequence
+from .fused.distinct import embed_distinct
 from .fused.eligibility import can_fuse_sequence, has_stock_cells
 from .fused.formula import step_cells
 from .sharded import as_forward
@@ -122,6 +123,11 @@ class Decoder(nn.Module):
             memory = padded(memory)
         if not self._is_original("step"):
             return self._join(self.step, tokens, state, memory)
+        if self.input_feeding and self.loop and self._is_original("_step"):
+            distinct = embed_distinct(self.embedding, self.dropout, tokens)
+            if distinct is not None and can_fuse_sequence(self, distinct.rows, state, memory, distinct.token_rows):
+                attentional, alignments = decode_sequence(self, distinct.rows, state, memory, distinct.token_rows)
+                return self.output(attentional), alignments
         embedded = self.dropout(self.embedding(tokens))
         if not self._is_original("_step"):
             attentional, alignments = self._join(self._step, embedded, state, memory)

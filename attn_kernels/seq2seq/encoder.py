@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..checks import check_tensor, shape_of
 from ..errors import ArgumentTypeError, ArgumentValueError
-from .recurrent import States, checked_lengths, run_recurrent, run_sequence
+from .recurrent import States, checked_lengths, run_recurrent, run_sequence, run_tokens
 
 CELLS: dict[str, type[nn.LSTM] | type[nn.GRU]] = {"lstm": nn.LSTM, "gru": nn.GRU}
 
@@ -170,9 +170,8 @@ class TokenEncoder(nn.Module):
         Returns the memory, (B, S, memory_size), with zeros in its padding, and the final states: one tensor
         (num_layers, B, 2 * hidden_size) for a GRU, two (hidden, cell) for an LSTM; zeros for a sentence of length 0.
         """
-        embedded = self.dropout(self.embedding(source))
         lengths = source_lengths if torch.compiler.is_exporting() else source_lengths.to("cpu", torch.int64)
-        outputs, final = run_recurrent(self.rnn, embedded, lengths)
+        outputs, final = run_tokens(self.rnn, self.embedding, self.dropout, source, lengths)
         if self.sum_directions:
             outputs = outputs[..., : self.hidden_size] + outputs[..., self.hidden_size :]
         states = tuple(self._join_directions(state) for state in (final if isinstance(final, tuple) else (final,)))

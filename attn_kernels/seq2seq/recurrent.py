@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from ..backends import choose
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..stock import is_plain, is_stock, runs_eagerly
+from .fused.distinct import embed_distinct
 from .fused.few_sentences import MAX_SENTENCES, MAX_WITHOUT_PADDING, run_few
 from .fused.ragged import Rows, find_rows, run_layer, sorted_rows
 from .scanned import can_scan, run_scanned
@@ -61,6 +62,22 @@ def run_recurrent(rnn: nn.Module, x: Tensor, lengths: Tensor, states: States | N
         if _gains(rnn, x.shape[axis], lengths):
             return _run_fused(rnn, x, lengths, states)
     return _run_packed(rnn, x, lengths, states)
+
+
+def run_tokens(
+    rnn: nn.Module, embedding: nn.Module, dropout: nn.Module, tokens: Tensor, lengths: Tensor
+) -> tuple[Tensor, States]:
+    """``run_recurrent`` on ``dropout(embedding(tokens))``. tokens: (B, S), with batch_first=True."""
+    if tokens.shape[1] > 0 and isinstance(rnn, nn.LSTM | nn.GRU) and not torch.compiler.is_exporting():
+        distinct = embed_distinct(embedding, dropout, tokens)
+        if (
+            distinct is not None
+            and _is_stock_call(rnn, distinct.rows, lengths, None)
+            and not _are_few(rnn, tokens.shape[1], lengths)
+            and bool((lengths > 0).any())
+        ):
+            return _run_fused(rnn, distinct.rows, lengths, None, distinct.token_rows)
+    return run_recurrent(rnn, dropout(embedding(tokens)), lengths)
 
 
 def run_sequence(
@@ -138,18 +155,33 @@ def _run_few(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor, states: States |
     return outputs, last[0] if isinstance(rnn, nn.GRU) else (last[0], last[1])
 
 
-def _run_fused(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor, states: States | None) -> tuple[Tensor, States]:
-    batch, steps = lengths.shape[0], x.shape[1 if rnn.batch_first else 0]
-    rows = find_rows(lengths, (steps, 1) if rnn.batch_first else (1, batch))
-    of_rows, last = _run_layers(rnn, rows, x.flatten(0, 1).index_select(0, rows.source), batch, states)
-    outputs = x.new_zeros(batch * steps, of_rows.shape[1]).index_copy(0, rows.source, of_rows)
-    return outputs.unflatten(0, x.shape[:2]), last
+def _run_fused(
+    rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor, states: States | None, index: Tensor | None = None
+) -> tuple[Tensor, States]:
+    """x: (B, S, n), or (U, n) with an index (B, S) of rows; the first two axes in the order of ``rnn``."""
+    batch, shape = lengths.shape[0], (x if index is None else index).shape[:2]
+    rows = find_rows(lengths, (shape[1], 1) if rnn.batch_first else (1, batch))
+    if index is None:
+        x = x.flatten(0, 1).index_select(0, rows.source)
+    else:
+        index = index.flatten().index_select(0, rows.source)
+    of_rows, last = _run_layers(rnn, rows, x, batch, states, index)
+    outputs = x.new_zeros(shape.numel(), of_rows.shape[1]).index_copy(0, rows.source, of_rows)
+    return outputs.unflatten(0, shape), last
 
 
 def _run_layers(
-    rnn: nn.LSTM | nn.GRU, rows: Rows, of_rows: Tensor, batch: int, states: States | None
+    rnn: nn.LSTM | nn.GRU,
+    rows: Rows,
+    of_rows: Tensor,
+    batch: int,
+    states: States | None,
+    index: Tensor | None = None,
 ) -> tuple[Tensor, States]:
-    """of_rows: (N, n). Returns the outputs of all rows, and the last states in the order of the batch."""
+    """of_rows: (N, n), or (U, n) with an index (N,) of rows.
+
+    Returns the outputs of all rows, and the last states in the order of the batch.
+    """
     directions = 2 if rnn.bidirectional else 1
     first = (states,) if isinstance(states, Tensor) else states
     last: list[tuple[Tensor, ...]] = []
@@ -159,7 +191,7 @@ def _run_layers(
         own = slice(layer * directions, (layer + 1) * directions)
         of_layer = [state[own].index_select(1, rows.order) for state in first or ()]
         hidden, cell = (*of_layer, None, None)[:2]
-        of_rows, *after = run_layer(rows, of_rows, hidden, cell, rnn.all_weights[own])
+        of_rows, *after = run_layer(rows, of_rows, hidden, cell, rnn.all_weights[own], index if layer == 0 else None)
         last.append(tuple(state for state in after if state is not None))
     zeros = of_rows.new_zeros(rnn.num_layers * directions, batch, rnn.hidden_size)
     kinds = [torch.cat(of_kind) for of_kind in zip(*last, strict=True)]

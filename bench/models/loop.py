@@ -5,12 +5,14 @@ experienced user would write it; the same with a compiled step; our fused attent
 op. In decoding, the last variant is a search as one op, also with weights in bfloat16. It supports a limited number of
 rows; for more rows Python calls the steps. Then follow training steps of a model with location-sensitive attention,
 whose steps read the alignments of the previous steps. With ``--ragged`` the sentences have different lengths, and the
-model in plain PyTorch packs them; only training steps are timed then. With ``--attention`` the two fused variants with
-that attention of Seq2Seq are timed, without plain PyTorch.
+model in plain PyTorch packs them; only training steps are timed then. With ``--every-token`` our variants do not
+use that tokens occur more than once. With ``--attention`` the two fused variants with that attention of Seq2Seq are
+timed, without plain PyTorch.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from attn_kernels import Attention, Memory
 from attn_kernels.mechanisms import CumulativeLocationState, StatefulResult
 from attn_kernels.seq2seq import Seq2Seq
-from attn_kernels.seq2seq.fused import one_call
+from attn_kernels.seq2seq.fused import distinct, one_call
 from attn_kernels.seq2seq.options import SearchOptions
 from attn_kernels.seq2seq.search import search
 
@@ -367,6 +369,13 @@ def main(
     ragged: Annotated[
         bool, typer.Option("--ragged", help="Training steps with additive attention on sources of S/2 to S steps.")
     ] = False,
+    every_token: Annotated[
+        bool,
+        typer.Option(
+            "--every-token",
+            help="Ours multiplies every embedded token with the weights, as with dropout on the embeddings.",
+        ),
+    ] = False,
     attention: Annotated[
         list[str] | None,
         typer.Option(
@@ -395,7 +404,8 @@ def main(
         left_out.add(COMPILED)
     names = [name for name in (EAGER, COMPILED, STEPS, LAUNCHED, LOOP, ROUNDED) if name not in left_out]
     rows: list[dict[str, Any]] = []
-    with progress_bars() as progress:
+    repeats = math.inf if every_token else distinct.MIN_REPEATS
+    with mock.patch.object(distinct, "MIN_REPEATS", repeats), progress_bars() as progress:
         task = progress.add_task("shapes", total=len(cases) * 2)
         for name, one in cases:
             progress.update(task, description=f"{name}, B,S,T = {','.join(map(str, one))}")
@@ -412,7 +422,7 @@ def main(
             progress.advance(task)
     settings: dict[str, Any] = {"size": size, "threads": threads, "dtype": "float32", "vocabulary": vocabulary}
     settings["clock"] = "CPU" if cpu_time else "wall"
-    variant = "ragged" if ragged else ""
+    variant = "-".join(name for name, is_set in (("ragged", ragged), ("every-token", every_token)) if is_set)
     run.finish("loop", rows, table(rows, names), output, variant=variant, **settings)
 
 

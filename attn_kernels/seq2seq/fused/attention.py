@@ -60,7 +60,7 @@ class AttentionForward:
         self.backend: str = inputs.backend
         self.query: Query = inputs.query
         assert inputs.score is not None  # the attention is not called
-        keys, steps = inputs.memory.keys, inputs.embedded.shape[1]
+        keys, steps = inputs.memory.keys, inputs.steps
         batch, source, units = keys.shape
         lengths = is_zero = None
         if self.query.eps is not None:
@@ -75,12 +75,13 @@ class AttentionForward:
         queries, alignments = keys.new_empty(steps, batch, units), keys.new_empty(batch, steps, source)
         self.saved: SavedAttention = SavedAttention(queries, alignments, lengths, is_zero, prepared)
         self.projection: PackedLinear | None = _projection(self.query.weight, batch, steps)
+        self.queries: tuple[Tensor, ...] = queries.unsqueeze(2).unbind(0)  # (B, 1, A)
+        self.alignments: tuple[Tensor, ...] = alignments.split(1, dim=1)  # (B, 1, S)
 
     def step(self, t: int, state: Tensor) -> Tensor:
         """state: (B, H). Returns the context, (B, M)."""
-        query = self._query(t, state).unsqueeze(1)
-        context, alignments = self._attend(t, query)
-        self.saved.alignments[:, t] = alignments.squeeze(1)
+        context, alignments = self._attend(t, self._query(t, state))
+        self.alignments[t].copy_(alignments)
         result: Tensor = context.squeeze(1)
         return result
 
@@ -94,8 +95,9 @@ class AttentionForward:
         return found
 
     def _query(self, t: int, state: Tensor) -> Tensor:
+        """The query of step t, (B, 1, A)."""
         saved, factor, eps = self.saved, self.query.factor, self.query.eps
-        query = saved.queries[t]
+        query = self.queries[t]
         x = state if self.projection is None else self.projection(state)
         if eps is not None:
             lengths, is_zero = saved.lengths, saved.is_zero
@@ -105,7 +107,7 @@ class AttentionForward:
             torch.le(length, eps, out=is_zero[t])
             lengths[t] = length.masked_fill(is_zero[t], 1.0)
             x = x / lengths[t]
-        query.copy_(x)
+        query.copy_(x.unsqueeze(1))
         return query if factor is None else query * factor
 
 
@@ -128,14 +130,21 @@ class AttentionBackward:
         self.dqueries: Tensor = torch.empty_like(saved.queries)  # overwritten by the gradients of the projected states
         self.dcontexts: Tensor = saved.queries.new_empty(batch, steps, inputs.memory.values.shape[2])
         self.dfactor: Tensor | None = None if factor is None else factor.new_zeros((), dtype=wide_dtype(factor.dtype))
+        # Views of all steps.
+        self.of_steps: tuple[tuple[Tensor, ...], ...] = (
+            self.dcontexts.split(1, dim=1),
+            self.queries.split(1, dim=1),
+            self.saved.alignments.split(1, dim=1),
+            self.dqueries.unsqueeze(2).unbind(0),
+        )
 
-    def step(self, t: int, dcontext: Tensor, dalignments: Tensor | None) -> Tensor:
-        """dcontext: (B, M). dalignments: (B, T, S), of all steps. Returns the gradient of the state, (B, H)."""
-        self.dcontexts[:, t] = dcontext
+    def step(self, t: int, dcontext: Tensor, dalignments: Tensor | None, dstate: Tensor) -> None:
+        """dcontext: (B, M). dalignments: (B, T, S), of all steps. Adds the gradient of the state to dstate, (B, H)."""
+        kept, query, alignments, dquery = (x[t] for x in self.of_steps)
+        kept.copy_(dcontext.unsqueeze(1))
         of_alignments = None if dalignments is None else dalignments.narrow(1, t, 1)
-        query, alignments = self.queries.narrow(1, t, 1), self.saved.alignments.narrow(1, t, 1)
-        self.dqueries[t] = self._query_gradient(t, dcontext.unsqueeze(1), of_alignments, query, alignments).squeeze(1)
-        return self._state_gradient(t)
+        dquery.copy_(self._query_gradient(t, kept, of_alignments, query, alignments))
+        self._add_state_gradient(t, dstate)
 
     def _query_gradient(
         self, t: int, dcontext: Tensor, dalignments: Tensor | None, query: Tensor, alignments: Tensor
@@ -145,8 +154,8 @@ class AttentionBackward:
         dquery: Tensor = call(self.op, self.backend, *given, True, False)[0]
         return dquery
 
-    def _state_gradient(self, t: int) -> Tensor:
-        """The gradient of the state. Overwrites dqueries[t] by the gradient of the product with the weight."""
+    def _add_state_gradient(self, t: int, dstate: Tensor) -> None:
+        """Adds the gradient of the state. Overwrites dqueries[t] by the gradient of the product with the weight."""
         factor, dfactor, saved = self.query.factor, self.dfactor, self.saved
         if factor is not None and dfactor is not None:
             unit = saved.queries[t].to(dfactor.dtype)
@@ -156,7 +165,10 @@ class AttentionBackward:
             if saved.lengths is not None and saved.is_zero is not None:  # the length of a zero vector is a constant
                 dquery = (dquery - unit * along.masked_fill(saved.is_zero[t], 0.0)) / saved.lengths[t]
             self.dqueries[t] = dquery * factor
-        return self.dqueries[t] if self.projection is None else self.projection(self.dqueries[t])
+        if self.projection is None:
+            dstate.add_(self.dqueries[t])
+        else:
+            self.projection.add_to(dstate, self.dqueries[t])
 
     def gradients(self, states: Tensor, dalignments: Tensor | None) -> dict[str, Any]:
         """The gradients of the fields memory, score and query of ``Inputs``, by name.

@@ -30,18 +30,20 @@ from .sequence import backward, forward
 
 
 def decode_sequence(
-    decoder: DecoderModules, embedded: Tensor, state: DecoderState, memory: Memory
+    decoder: DecoderModules, embedded: Tensor, state: DecoderState, memory: Memory, index: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Teacher forcing with input feeding: ``Decoder._step`` for all steps. See ``can_fuse_sequence``.
 
-    embedded: (B, T, E), the inputs of the steps. state: the first one, of one hypothesis per sentence.
+    embedded: (B, T, E), the inputs of the steps; or (U, E), their distinct rows, with an index (B, T) of these rows.
+    state: the first one, of one hypothesis per sentence.
     Returns the attentional vectors, (B, T, H), and alignments, (B, T, S).
     """
     attention, feed = decoder.attention, state.feed
     assert feed is not None  # checked by can_fuse_sequence
     inputs = Inputs(
         embedded=embedded,
-        dropout=_dropout_factors(decoder, embedded),
+        token_rows=index,
+        dropout=_dropout_factors(decoder, embedded, (embedded if index is None else index).shape[:2]),
         feed=feed[:, 0],
         hidden=tuple(layer[:, 0] for layer in state.hidden),
         cell=tuple(layer[:, 0] for layer in state.cell),
@@ -89,15 +91,17 @@ def _filters(attention: AttentionModule, state: Any) -> AlignmentFilters | None:
     return attention._alignment_filters(state) if isinstance(attention, StatefulAdditiveAttention) else None
 
 
-def _dropout_factors(decoder: DecoderModules, embedded: Tensor) -> tuple[Tensor | None, ...]:
+def _dropout_factors(decoder: DecoderModules, like: Tensor, shape: torch.Size) -> tuple[Tensor | None, ...]:
     """Dropout factors of the outputs of all layers but the top one, and of the attentional vectors: (T, B, H) each.
+
+    shape: (B, T).
 
     None without dropout.
     """
     layers = decoder.rnn.num_layers
     if not decoder.dropout.training or decoder.dropout.p == 0:
         return (None,) * layers
-    ones = embedded.new_ones(embedded.shape[1], embedded.shape[0], decoder.hidden_size)
+    ones = like.new_ones(shape[1], shape[0], decoder.hidden_size)
     return tuple(decoder.dropout(ones) for _ in range(layers))
 
 

@@ -114,8 +114,8 @@ class CalledBackward:
         self.dstate: list[Tensor | None] = []  # of the state after the step that is processed next
         self.collector: Collector = Collector(saved.gradients)
 
-    def step(self, t: int, dcontext: Tensor, dalignments: Tensor | None) -> Tensor:
-        """dcontext: (B, M). dalignments: (B, T, S), of all steps. Returns the gradient of the decoder state, (B, H)."""
+    def step(self, t: int, dcontext: Tensor, dalignments: Tensor | None, dstate: Tensor) -> None:
+        """dcontext: (B, M). dalignments: (B, T, S), of all steps. Adds the gradient of the state to dstate, (B, H)."""
         query, state, results = self.saved.steps[t]
         of_alignments = None if dalignments is None else dalignments.narrow(1, t, 1)
         given = [dcontext.unsqueeze(1), of_alignments, *self.dstate]
@@ -131,7 +131,8 @@ class CalledBackward:
                 self.sums[n] = gradient.to(wide_dtype(gradient.dtype), copy=True)
             else:
                 total += gradient
-        return query.new_zeros(query.shape[0], query.shape[2]) if dquery is None else dquery.squeeze(1)
+        if dquery is not None:
+            dstate.add_(dquery.squeeze(1))
 
     def gradients(self, states: Tensor, dalignments: Tensor | None) -> dict[str, Any]:
         """The gradients of the fields of ``Inputs`` that belong to the attention, by name.

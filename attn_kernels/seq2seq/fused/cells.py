@@ -43,14 +43,10 @@ class _Forward:
         self.size: int = hidden.shape[1]
         self.inputs: Tensor = hidden.new_empty(steps + 1, hidden.shape[0], self.n + self.size)
         self.inputs[0, :, self.n :] = hidden
-
-    def x(self, t: int) -> Tensor:
-        """(B, n): the view into which the input of step t is written."""
-        return self.inputs[t, :, : self.n]
-
-    def h(self, t: int) -> Tensor:
-        """(B, H): the state before step t."""
-        return self.inputs[t, :, self.n :]
+        # Views of all steps, which are made faster at once. x: those into which inputs are written. h: states before.
+        self.both: tuple[Tensor, ...] = self.inputs.unbind(0)
+        self.x: tuple[Tensor, ...] = self.inputs[:, :, : self.n].unbind(0)  # (B, n)
+        self.h: tuple[Tensor, ...] = self.inputs[:, :, self.n :].unbind(0)  # (B, H)
 
 
 class LSTMForward(_Forward):
@@ -73,13 +69,12 @@ class LSTMForward(_Forward):
         self.saved = SavedLSTM(self.inputs, base, cells, cell.new_empty(steps, batch, self.size), weight)
         self.product: PackedLinear = PackedLinear(weight, batch, steps)
         self.compute: Callable[..., Any] = find_step("lstm_step", base)
+        self.gates, self.cells, self.tanh_cells = (x.unbind(0) for x in self.saved[1:4])
 
     def step(self, t: int, hidden_copy: Tensor | None = None) -> Tensor:
         """Returns h' of step t, (B, H), and writes it to ``hidden_copy``, too."""
-        _, gates, cells, tanh_cells, _ = self.saved
-        step_gates = gates[t].add_(self.product(self.inputs[t]))
-        hidden = self.h(t + 1)
-        self.compute(step_gates, cells[t], cells[t + 1], tanh_cells[t], hidden, hidden_copy)
+        gates, cells, hidden = self.product.add_to(self.gates[t], self.both[t]), self.cells, self.h[t + 1]
+        self.compute(gates, cells[t], cells[t + 1], self.tanh_cells[t], hidden, hidden_copy)
         return hidden
 
 
@@ -94,12 +89,12 @@ class LSTMBackward:
         steps, batch, _ = saved.gates.shape
         self.product: PackedLinear = PackedLinear(saved.weight.t(), batch, steps)
         self.compute: Callable[..., Any] = find_step("lstm_step_backward", saved.gates)
+        self.of_steps = tuple(x.unbind(0) for x in (saved.gates, saved.cells, saved.tanh_cells, self.dgates))
 
     def step(self, t: int, dh: Tensor) -> tuple[Tensor, Tensor]:
         """dh: (B, H), of h' of step t. Returns the gradients of x_t and of the state before."""
-        _, gates, cells, tanh_cells, _ = self.saved
-        dgates = self.dgates[t]
-        self.compute(dh, gates[t], cells[t], tanh_cells[t], self.dcell, dgates)
+        gates, cell, tanh_cell, dgates = (x[t] for x in self.of_steps)
+        self.compute(dh, gates, cell, tanh_cell, self.dcell, dgates)
         gradients: tuple[Tensor, Tensor] = self.product(dgates).split(self.sizes, dim=1)
         return gradients
 
@@ -126,8 +121,8 @@ class GRUForward(_Forward):
 
     def step(self, t: int, hidden_copy: Tensor | None = None) -> Tensor:
         """Returns h' of step t, (B, H), and writes it to ``hidden_copy``, too."""
-        gates, before, hidden = self.saved.gates[t], self.h(t), self.h(t + 1)
-        gates.add_(self.product_x(self.x(t)))
+        gates, before, hidden = self.saved.gates[t], self.h[t], self.h[t + 1]
+        self.product_x.add_to(gates, self.x[t])
         products = self.product_h(before)
         self.compute(gates, products, self.bias_h, before, self.saved.recurrent[t], hidden, hidden_copy)
         return hidden
@@ -154,7 +149,7 @@ class GRUBackward:
         dgates, drecurrent = self.dgates[t], self.drecurrent[t]
         dbefore = torch.zeros_like(dh)
         self.compute(dh, gates[t], inputs[t, :, self.n :], recurrent[t], dbefore, dgates, drecurrent)
-        return self.product_x(dgates), dbefore.add_(self.product_h(drecurrent))
+        return self.product_x(dgates), self.product_h.add_to(dbefore, drecurrent)
 
     def weight_gradients(self) -> CellWeights:
         dgates, drecurrent, inputs = (x.flatten(0, 1) for x in (self.dgates, self.drecurrent, self.saved.inputs[:-1]))

@@ -136,7 +136,7 @@ class SequenceGraph:
 
 
 def _sizes(inputs: Inputs) -> dict[str, int]:
-    return {"T": inputs.embedded.shape[1], "S": inputs.memory.keys.shape[1]}
+    return {"T": inputs.steps, "S": inputs.memory.keys.shape[1]}
 
 
 def _copy(x: Tensor) -> Tensor:

@@ -66,19 +66,24 @@ register(MultiHeadAttention, ["v"], [*_projections, "value_projection", "output_
 register(LayerNormBahdanauAttention, ["v", "gain", "shift"], _projections)
 
 
-def can_fuse_sequence(decoder: DecoderModules, embedded: Tensor, state: DecoderState, memory: Memory) -> bool:
-    """Whether ``decode_sequence`` may replace the steps of a target. embedded: (B, T, *). state: the first one."""
+def can_fuse_sequence(
+    decoder: DecoderModules, embedded: Tensor, state: DecoderState, memory: Memory, index: Tensor | None = None
+) -> bool:
+    """Whether ``decode_sequence`` with these arguments may replace the steps of a target."""
     if not has_stock_steps(decoder, state, memory, True) or not is_plain(embedded):
         return False
     if is_called(decoder.attention):
-        if not _can_call(decoder.attention, state.attention, embedded):
+        steps = (embedded if index is None else index).shape[1]
+        if steps == 0 or not _can_call(decoder.attention, state.attention, embedded.device):
             return False
     elif state.attention is not None and not _has_stock_state(decoder.attention, state.attention, memory):
         return False
     size = decoder.rnn.input_size - decoder.hidden_size
     first = (*state.hidden, *state.cell)
     return (
-        embedded.shape[::2] == (memory.batch_size, size)
+        embedded.dim() == (3 if index is None else 2)
+        and (embedded if index is None else index).shape[0] == memory.batch_size
+        and embedded.shape[-1] == size
         and (embedded.dtype, embedded.device) == (memory.keys.dtype, memory.keys.device)
         and state.feed is not None
         and all(x.shape[1] == 1 for x in (*first, state.feed))
@@ -110,13 +115,11 @@ def is_called(attention: Any) -> bool:
 def has_stock_steps(decoder: Any, state: DecoderState, memory: Memory, may_call: bool = False) -> bool:
     """Whether a step from ``state`` on ``memory`` may be computed from the parameters of the modules.
 
-    It checks all modules that a step calls except embedding and output, which the caller checks. may_call: leave out
-    an attention that ``is_called``.
+    It checks all modules that a step calls except embedding and output, which the caller checks. may_call: accept an
+    attention that ``is_called``, without checking it.
     """
-    calls = may_call and is_called(decoder.attention)
-    if type(memory) not in ((Memory, HeadsMemory) if calls else (Memory,)):
-        return False
-    if not calls and getattr(decoder.attention, "clip", None) is not None:
+    calls = is_called(decoder.attention)
+    if type(memory) not in ((Memory, HeadsMemory) if calls else (Memory,)) or (calls and not may_call):
         return False
     if isinstance(decoder.attention, StatefulAttention) != (state.attention is not None):
         return False
@@ -143,7 +146,7 @@ def has_stock_steps(decoder: Any, state: DecoderState, memory: Memory, may_call:
     )
 
 
-def _can_call(attention: nn.Module, state: Any, embedded: Tensor) -> bool:
+def _can_call(attention: nn.Module, state: Any, device: torch.device) -> bool:
     """Whether the steps of the attention may be separate graphs of autograd, with this first state, if it has one.
 
     So no hook may see the tensors of a step: it might use them in a loss, whose gradient would end in that graph. A
@@ -153,11 +156,10 @@ def _can_call(attention: nn.Module, state: Any, embedded: Tensor) -> bool:
         return False
     tensors, modules = [*(state or ()), *attention.parameters(), *attention.buffers()], list(attention.modules())
     return (
-        embedded.shape[1] > 0
-        and (all(map(_is_known, modules)) or _is_declared(attention, modules))
+        (all(map(_is_known, modules)) or _is_declared(attention, modules))
         and not has_global_hooks()
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # each pass would call them again
-        and all(is_plain(x) and x.device == embedded.device for x in tensors)
+        and all(is_plain(x) and x.device == device for x in tensors)
         and all(x.is_leaf and not x._backward_hooks for x in attention.parameters())
         and not any(x.requires_grad for x in attention.buffers())
     )

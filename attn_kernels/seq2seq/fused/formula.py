@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.nn.functional import linear, pad
+from torch.nn.functional import embedding, linear, pad
 
 from ... import formulas
 from ...mechanisms.location_features import AlignmentFilters, neighbourhoods
@@ -58,7 +58,8 @@ def formula(inputs: Inputs, replay: Replay | None = None) -> tuple[Tensor, Tenso
     called = inputs.called
     state: Sequence[Tensor] = () if called is None or called.state is None else called.state
     steps = []
-    for t, embedded in enumerate(inputs.embedded.unbind(1)):
+    of_steps = inputs.embedded if inputs.token_rows is None else embedding(inputs.token_rows, inputs.embedded)
+    for t, embedded in enumerate(of_steps.unbind(1)):
 
         def drop(x: Tensor, layer: int, t: int = t) -> Tensor:
             factors = inputs.dropout[layer]

@@ -51,7 +51,8 @@ class CalledAttention(NamedTuple):
 class Inputs(NamedTuple):
     """All inputs of a sequence, or the gradients of all inputs."""
 
-    embedded: Tensor  # (B, T, E)
+    embedded: Tensor  # (B, T, E), or (U, E) with token_rows
+    token_rows: Tensor | None  # (B, T), the row of ``embedded`` of each step: see distinct.py
     # A Memory; a HeadsMemory, too, if the attention is called. Its mask has the shape (B, S), or if called, (B, 1, S).
     memory: Any
     dropout: tuple[Tensor | None, ...]  # (T, B, H), factors: of the layers below the top, then of attentional vectors
@@ -67,8 +68,13 @@ class Inputs(NamedTuple):
     backend: str  # of the attention
 
     @property
+    def steps(self) -> int:
+        """T."""
+        return (self.embedded if self.token_rows is None else self.token_rows).shape[1]
+
+    @property
     def context_size(self) -> int:
-        """M"""
+        """M."""
         rows, columns = self.attentional_weight.shape
         return columns - rows
 
@@ -90,9 +96,9 @@ def keys_and_values(memory: Memory | HeadsMemory) -> tuple[Tensor, ...]:
 
 
 def step_axes(inputs: Inputs) -> list[Axes]:
-    """For each tensor that ``flatten`` finds in the inputs, its axes that run over steps."""
+    """For each tensor that ``flatten`` finds in the inputs, which have no token_rows, its axes that run over steps."""
     memory: list[Axes] = [{-2: "S"}, {-2: "S"}, {}, {-1: "S"}]
-    axes: list[Axes] = [{-2: "T"}, *memory, *({-3: "T"} for _ in inputs.dropout)]
+    axes: list[Axes] = [{-2: "T"}, {}, *memory, *({-3: "T"} for _ in inputs.dropout)]
     state: list[Axes] = [] if inputs.filters is None else [{-1: "S"}, {-1: "S"}]
     return axes + [{}] * (len(flatten(inputs)[0]) - len(axes) - len(state)) + state
 

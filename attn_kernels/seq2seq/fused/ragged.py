@@ -11,14 +11,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...gemm import linear_of_rows, weight_gradient
+from ...gemm import linear_of_rows, prefers_transposed, weight_gradient
+from .distinct import gather, sum_by_row
 from .formula import is_batch
-from .ragged_cells import Direction, DirectionWeights, Part, SavedDirection, backward, forward
+from .ragged_cells import (
+    Direction,
+    DirectionWeights,
+    Part,
+    SavedDirection,
+    backward,
+    forward,
+    products_with_inputs,
+)
 
 # A cost model to choose between the node here and oneDNN's padded LSTM: oneDNN's time for a row, and the overhead of a
 # step here, both in units of the time for a row here. Measured on Zen 5 with 2 to 64 sentences and 256 units, forward
-# and backward: without this choice, the node here takes up to twice as long.
+# and backward: without this choice, the node here takes up to twice as long. On Sapphire Rapids, where products of few
+# rows are faster (``prefers_transposed``), with 4 to 128 sentences and 256 and 512 units.
 _PADDED, _STEP = 0.75, 3.5
+_PADDED_INTEL, _STEP_INTEL = 0.95, 0.6
+_DISTINCT = 0.65  # a row here, if the products with the inputs are those of few distinct rows
 _SHUT = 1e6  # closes or opens a gate for any states
 _EXTRA = 16  # added inputs, one of which marks padding: with this number oneDNN is as fast as without them
 
@@ -93,35 +105,51 @@ def _reverse_parts(sizes: list[int]) -> tuple[list[Part], list[int]]:
 
 
 def run_layer(
-    rows: Rows, x: Tensor, hidden: Tensor | None, cell: Tensor | None, weights: Sequence[Sequence[Tensor]]
+    rows: Rows,
+    x: Tensor,
+    hidden: Tensor | None,
+    cell: Tensor | None,
+    weights: Sequence[Sequence[Tensor]],
+    index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x: (N, n). hidden, cell: (D, R, H), the first states; None: zeros. weights: in the order of
-    ``nn.LSTM.all_weights``.
+    """x: (N, n), or (U, n) with an index (N,) of its rows: see distinct.py. hidden, cell: (D, R, H), the first states;
+    None: zeros. weights: in the order of ``nn.LSTM.all_weights``.
 
     Returns the states of all rows, (N, D * H), and the last states, hidden and cell, (D, R, H) each; a GRU has no cell.
     """
     flat = [weight for direction in weights for weight in direction]
-    layer: Any = _PaddedLSTM if hidden is None and _is_for_onednn(rows, x, flat) else _Layer
-    result: tuple[Tensor, Tensor, Tensor | None] = layer.apply(rows, len(weights), x, hidden, cell, *flat)
+    layer: Any = _Layer
+    given = index, x
+    if hidden is None and _is_for_onednn(rows, x, flat, index is not None):
+        layer, given = _PaddedLSTM, (None, gather(x, index))
+    result: tuple[Tensor, Tensor, Tensor | None] = layer.apply(rows, len(weights), *given, hidden, cell, *flat)
     return result
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Rows, count: int, x: Tensor, hidden: Tensor | None, cell: Tensor | None, *weights: Tensor
+        ctx: Any,
+        rows: Rows,
+        count: int,
+        index: Tensor | None,
+        x: Tensor,
+        hidden: Tensor | None,
+        cell: Tensor | None,
+        *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """count: D."""
         ctx.set_materialize_grads(False)
-        ctx.rows = rows
+        ctx.rows, ctx.index = rows, index
         by_direction = _split(weights, count)
         units = by_direction[0].h.shape[1]
-        outputs = x.new_empty(x.shape[0], count * units)
+        outputs = x.new_empty(rows.source.shape[0], count * units)
         saved: list[SavedDirection] = []
         for d, (way, of_direction) in enumerate(zip(rows.directions, by_direction, strict=False)):
             first_hidden, first_cell = (None if states is None else states[d] for states in (hidden, cell))
             out = outputs[:, d * units : (d + 1) * units]
-            saved.append(forward(way, x, of_direction, first_hidden, first_cell, out))
+            gates = products_with_inputs(x, index, of_direction)
+            saved.append(forward(way, gates, of_direction, first_hidden, first_cell, out))
         ctx.save_for_backward(x, hidden, cell, *weights, *(tensor for of_one in saved for tensor in of_one))
         cells = [of_one.cell for of_one in saved if of_one.cell is not None]
         return outputs, _last(rows, [of_one.hidden for of_one in saved]), _last(rows, cells) if cells else None
@@ -129,15 +157,15 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         all_saved = ctx.saved_tensors  # raises an error if an input has been changed in place since
-        _, _, *needed = ctx.needs_input_grad
+        _, _, _, *needed = ctx.needs_input_grad
         if all(gradient is None for gradient in gradients):
             return (None,) * len(ctx.needs_input_grad)
         tensors, saved = all_saved[: len(needed)], all_saved[len(needed) :]
         if _are_differentiated(gradients):
-            found = _differentiable_gradients(ctx.rows, tensors, gradients, needed)
+            found = _differentiable_gradients(ctx.rows, ctx.index, tensors, gradients, needed)
         else:
-            found = _gradients(ctx.rows, tensors, saved, gradients, needed)
-        return None, None, *found
+            found = _gradients(ctx.rows, ctx.index, tensors, saved, gradients, needed)
+        return None, None, None, *found
 
 
 def _are_differentiated(gradients: tuple[Tensor | None, ...]) -> bool:
@@ -151,13 +179,13 @@ class _PaddedLSTM(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Rows, count: int, x: Tensor, hidden: None, cell: None, *weights: Tensor
+        ctx: Any, rows: Rows, count: int, index: None, x: Tensor, hidden: None, cell: None, *weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """count: D."""
         ctx.set_materialize_grads(False)
         ctx.rows = rows
         with torch.set_grad_enabled(any(ctx.needs_input_grad)):
-            needed = [ctx.needs_input_grad[2], *ctx.needs_input_grad[5:]]
+            needed = [ctx.needs_input_grad[3], *ctx.needs_input_grad[6:]]
             leaves = [y.detach().requires_grad_(need) for y, need in zip((x, *weights), needed, strict=True)]
             results = _run_padded(rows, count, leaves[0], leaves[1:])
         ctx.leaves, ctx.results = leaves, results
@@ -172,19 +200,21 @@ class _PaddedLSTM(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         if _are_differentiated(gradients):
             tensors = (x, None, None, *weights)
-            return None, None, *_differentiable_gradients(ctx.rows, tensors, gradients, ctx.needs_input_grad[2:])
+            needed = ctx.needs_input_grad[3:]
+            return None, None, None, *_differentiable_gradients(ctx.rows, None, tensors, gradients, needed)
         pairs = [pair for pair in zip(ctx.results, gradients, strict=True) if pair[1] is not None]
         wanted = [leaf for leaf in ctx.leaves if leaf.requires_grad]
         results, of_results = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(results, wanted, of_results, retain_graph=True, allow_unused=True))
         dx, *dweights = (next(found) if leaf.requires_grad else None for leaf in ctx.leaves)
-        return None, None, dx, None, None, *dweights
+        return None, None, None, dx, None, None, *dweights
 
 
-def _is_for_onednn(rows: Rows, x: Tensor, weights: Sequence[Tensor]) -> bool:
-    sentences, steps = rows.order.shape[0], rows.sizes.shape[0]
+def _is_for_onednn(rows: Rows, x: Tensor, weights: Sequence[Tensor], is_distinct: bool) -> bool:
+    sentences, steps, total = rows.order.shape[0], rows.sizes.shape[0], rows.source.shape[0]
+    padded, step = (_PADDED_INTEL, _STEP_INTEL) if prefers_transposed(x) else (_PADDED, _STEP)
     return (
-        x.shape[0] + _STEP * steps >= _PADDED * sentences * steps
+        (_DISTINCT if is_distinct else 1.0) * total + step * steps >= padded * sentences * steps
         and x.dtype == torch.float32
         and len(weights) % 4 == 0  # with biases
         and weights[1].shape[0] == 4 * weights[1].shape[1]
@@ -229,13 +259,15 @@ def _last(rows: Rows, states: list[Tensor]) -> Tensor:
     return torch.stack([x.index_select(0, way.last) for way, x in ways])
 
 
-def _gradients(rows: Rows, tensors: Any, saved: Any, gradients: Any, needed: list[bool]) -> list[Tensor | None]:
+def _gradients(
+    rows: Rows, index: Tensor | None, tensors: Any, saved: Any, gradients: Any, needed: list[bool]
+) -> list[Tensor | None]:
     """The gradients of the tensors, from those of the results."""
     x, _, _, *weights = tensors
     of_outputs, of_hidden, of_cell = gradients
     count = len(saved) // len(SavedDirection._fields)
     by_direction = _split(tuple(weights), count)
-    total, units = x.shape[0], by_direction[0].h.shape[1]
+    total, units = rows.source.shape[0], by_direction[0].h.shape[1]
     need_x, need_hidden, need_cell, *need_weights = needed
     dx: Tensor | None = None
     dfirst: list[Tensor] = []
@@ -255,6 +287,7 @@ def _gradients(rows: Rows, tensors: Any, saved: Any, gradients: Any, needed: lis
                 dcell += of_cell[d]
             dcells.append(dcell)
         dgates, dproducts = backward(way, of_direction, of_one, dhidden, dcell)
+        dgates = sum_by_row(dgates, index, x.shape[0])
         if need_x:
             part = linear_of_rows(dgates, of_direction.x.t())
             dx = part if dx is None else dx.add_(part)
@@ -270,9 +303,10 @@ def _gradients(rows: Rows, tensors: Any, saved: Any, gradients: Any, needed: lis
     return [dx, first, torch.stack(dcells) if need_cell else None, *dweights]
 
 
-def _formula(rows: Rows, tensors: Any) -> tuple[Tensor, ...]:
+def _formula(rows: Rows, index: Tensor | None, tensors: Any) -> tuple[Tensor, ...]:
     """The results of ``run_layer``, by PyTorch's own packed layer. tensors: x, hidden, cell and weights."""
     x, hidden, cell, *weights = tensors
+    x = gather(x, index)
     has_biases = any(weight.dim() == 1 for weight in weights)
     is_lstm = weights[1].shape[0] == 4 * weights[1].shape[1]
     count = len(weights) // (4 if has_biases else 2)
@@ -285,14 +319,14 @@ def _formula(rows: Rows, tensors: Any) -> tuple[Tensor, ...]:
 
 
 def _differentiable_gradients(
-    rows: Rows, tensors: Any, gradients: tuple[Tensor | None, ...], needed: list[bool]
+    rows: Rows, index: Tensor | None, tensors: Any, gradients: tuple[Tensor | None, ...], needed: list[bool]
 ) -> list[Tensor | None]:
     """Like ``_gradients``, but as differentiable functions of tensors and gradients."""
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         # Aliases: some tensors are computed from others, and each must get only its own part of the gradient.
         names = [x.view_as(x) if is_needed else x for x, is_needed in zip(tensors, needed, strict=True)]
-        pairs = [pair for pair in zip(_formula(rows, names), gradients, strict=False) if pair[1] is not None]
+        pairs = [pair for pair in zip(_formula(rows, index, names), gradients, strict=False) if pair[1] is not None]
     wanted = [x for x, is_needed in zip(names, needed, strict=True) if is_needed]
     outputs, of_outputs = zip(*pairs, strict=True)
     options: dict[str, Any] = {"create_graph": differentiable, "allow_unused": True}

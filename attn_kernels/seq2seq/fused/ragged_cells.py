@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...gemm import PackedLinear, linear_of_rows
 from .cell_steps import find_step
+from .distinct import gather
 
 _EXACT, _SMALL = 64, 256  # rows
 
@@ -64,13 +65,24 @@ class SavedDirection(NamedTuple):
 
 
 def forward(
-    way: Direction, x: Tensor, weights: DirectionWeights, hidden: Tensor | None, cell: Tensor | None, out: Tensor
+    way: Direction, gates: Tensor, weights: DirectionWeights, hidden: Tensor | None, cell: Tensor | None, out: Tensor
 ) -> SavedDirection:
-    """x: (N, n). hidden, cell: (R, H), the first states; None: zeros. Written: out, (N, H), the states of all rows."""
+    """gates: (N, G), of ``products_with_inputs``; overwritten. hidden, cell: (R, H), the first states; None: zeros.
+
+    Written: out, (N, H), the states of all rows.
+    """
     run = _run_lstm if weights.is_lstm else _run_gru
-    saved = run(way, x, weights, _states(way, x, weights, hidden), cell, hidden is not None)
-    out.copy_(saved.hidden[: x.shape[0]])
+    saved = run(way, gates, weights, _states(way, gates, weights, hidden), cell, hidden is not None)
+    out.copy_(saved.hidden[: gates.shape[0]])
     return saved
+
+
+def products_with_inputs(x: Tensor, index: Tensor | None, weights: DirectionWeights) -> Tensor:
+    """(N, G), with the biases that may be added before the steps. x: (N, n), or (U, n) with an index (N,) of rows."""
+    bias = weights.bias_x
+    if weights.is_lstm and bias is not None and weights.bias_h is not None:
+        bias = bias + weights.bias_h
+    return gather(linear_of_rows(x, weights.x, bias), index)
 
 
 def backward(
@@ -85,9 +97,9 @@ def backward(
     return (_go_back_lstm if weights.is_lstm else _go_back_gru)(way, weights, saved, dhidden, dcell)
 
 
-def _states(way: Direction, x: Tensor, weights: DirectionWeights, first: Tensor | None) -> Tensor:
-    count = x.shape[0]
-    states = x.new_empty(count + way.first.shape[0], weights.h.shape[1])
+def _states(way: Direction, gates: Tensor, weights: DirectionWeights, first: Tensor | None) -> Tensor:
+    count = gates.shape[0]
+    states = gates.new_empty(count + way.first.shape[0], weights.h.shape[1])
     states[count:] = 0 if first is None else first
     return states
 
@@ -110,18 +122,22 @@ class _Product:
         multiple = 8 if rows <= _SMALL else 32
         return self.product(self.x[begin : begin + -(-rows // multiple) * multiple])[:rows]
 
+    def add_to(self, out: Tensor, begin: int, rows: int) -> None:
+        """out, (rows, *), += the product."""
+        if self.rounds:
+            out.add_(self(begin, rows))
+        else:
+            self.product.add_to(out, self.x[begin : begin + rows])
+
 
 # LSTM -----------------------------------------------------------------------------------------------------------------
 
 
 def _run_lstm(
-    way: Direction, x: Tensor, weights: DirectionWeights, hidden: Tensor, first_cell: Tensor | None, has_first: bool
+    way: Direction, gates: Tensor, weights: DirectionWeights, hidden: Tensor, first_cell: Tensor | None, has_first: bool
 ) -> SavedDirection:
-    count = x.shape[0]
-    cell = _states(way, x, weights, first_cell)
-    biases = weights.bias_x, weights.bias_h
-    bias = None if biases[0] is None or biases[1] is None else biases[0] + biases[1]
-    gates = linear_of_rows(x, weights.x, bias)
+    count = gates.shape[0]
+    cell = _states(way, gates, weights, first_cell)
     if has_first:
         gates.index_add_(0, way.first, hidden[count:] @ weights.h.t())
     tanh = torch.empty_like(cell[:count])
@@ -130,7 +146,7 @@ def _run_lstm(
     for n, rows, _, before, _, goes_on in way.parts:
         of_part = gates_of[n]
         if goes_on:
-            of_part.add_(product(before, rows))
+            product.add_to(of_part, before, rows)
         step(of_part, cell[before : before + rows], cell_of[n], tanh_of[n], hidden_of[n], None)
     return SavedDirection(gates, hidden, tanh, cell)
 
@@ -149,7 +165,7 @@ def _go_back_lstm(
         of_cell = cell[before : before + rows], tanh_of[n], dcell[sentence : sentence + rows]
         step(dhidden_of[n], gates_of[n], *of_cell, dgates_of[n])
         if goes_on:
-            dhidden[before : before + rows].add_(product(begin, rows))
+            product.add_to(dhidden[before : before + rows], begin, rows)
     return dgates, dgates
 
 
@@ -157,10 +173,9 @@ def _go_back_lstm(
 
 
 def _run_gru(
-    way: Direction, x: Tensor, weights: DirectionWeights, hidden: Tensor, no_cell: Tensor | None, has_first: bool
+    way: Direction, gates: Tensor, weights: DirectionWeights, hidden: Tensor, no_cell: Tensor | None, has_first: bool
 ) -> SavedDirection:
-    count = x.shape[0]
-    gates = linear_of_rows(x, weights.x, weights.bias_x)
+    count = gates.shape[0]
     recurrent = torch.empty_like(hidden[:count])
     of_first = hidden[count:] @ weights.h.t() if has_first else gates.new_zeros(way.first.shape[0], gates.shape[1])
     product, step = _Product(hidden, weights.h, way), find_step("gru_step", gates)
@@ -186,5 +201,5 @@ def _go_back_gru(
         dbefore = dhidden[there]
         step(dhidden_of[n], gates_of[n], hidden[there], recurrent_of[n], dbefore, dgates_of[n], dproducts_of[n])
         if goes_on:
-            dbefore.add_(product(begin, rows))
+            product.add_to(dbefore, begin, rows)
     return dgates, dproducts
