@@ -48,12 +48,14 @@ if not torch.cuda.is_available():
 
 import attn_kernels
 import triton_arithmetic
+import triton_interpreter
 from attn_kernels.backends import NAMES
 from attn_kernels.patching import adapter
 from attn_kernels.seq2seq import recurrent
 from matrix import MAIN, Op, device_of, interpreted, is_left_to_another
 
 if attn_kernels.backends()["triton"].available and interpreted("triton"):
+    triton_interpreter.install()  # the same in less time
     triton_arithmetic.install()  # adds the rounding errors of GPU instructions, for the accuracy tests
 if IN_XDIST:
     torch.set_num_threads(1)
