@@ -18,6 +18,8 @@ ARGS ?=
 FUZZ_CASES ?= 10000
 GPU_PYTHON ?= python3
 export NVCC
+# Many images for containers set it. Then every process of the tests would compile its modules, 3 to 10 seconds of torch.
+export PYTHONDONTWRITEBYTECODE :=
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

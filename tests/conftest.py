@@ -48,12 +48,14 @@ if not torch.cuda.is_available():
 
 import attn_kernels
 import triton_arithmetic
+import triton_interpreter
 from attn_kernels.backends import NAMES
 from attn_kernels.patching import adapter
 from attn_kernels.seq2seq import recurrent
 from matrix import MAIN, Op, device_of, interpreted, is_left_to_another
 
 if attn_kernels.backends()["triton"].available and interpreted("triton"):
+    triton_interpreter.install()  # the same in less time
     triton_arithmetic.install()  # adds the rounding errors of GPU instructions, for the accuracy tests
 if IN_XDIST:
     torch.set_num_threads(1)
@@ -134,35 +136,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(fixture, every_level(names, levels), indirect=True)
 
 
-# The longest tests, from about 100 to about 15 seconds. A worker that starts one of them last delays the whole run.
-LONGEST = (
-    "test_sanitizers",
-    "test_rehearsal",
-    "test_cuda_build.py::test_module",
-    "test_inputs_of_all_tests_lie",
-    "test_triton_aot.py::test_machine_code",
-    "test_compiled_autograd",
-    "test_seq2seq_sharded.py",
-    "test_aot_inductor",
-    "test_derivatives[triton",
-    "test_triton_hip.py::test_machine_code",
-    "test_fresh_memory",
-    "test_program[check_",
-    "test_compile_generates_code",
-    "test_an_installed_package",
-    "test_example_of_the_documents",
-    "test_onnx",
-)
-
-
 def longest_first(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
-    """``--dist worksteal`` splits the list into one piece per worker: every piece begins with long tests."""
+    """``--dist worksteal`` splits the list into one piece per worker: every piece begins with tests marked ``long``.
 
-    def place(item: pytest.Item) -> int:
-        return next((i for i, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST))
+    A worker that starts one of them last delays the whole run.
+    """
 
-    long = sorted((item for item in items if place(item) < len(LONGEST)), key=place)
-    rest = iter([item for item in items if place(item) == len(LONGEST)])
+    def seconds(item: pytest.Item) -> float:
+        return max((mark.args[0] for mark in item.iter_markers("long")), default=0)
+
+    long = sorted(filter(seconds, items), key=seconds, reverse=True)
+    rest = iter([item for item in items if not seconds(item)])
     pieces = []
     for worker in range(workers):
         own = long[worker::workers]

@@ -199,6 +199,7 @@ def test_compile_autocast(op: Op, backend: str, device: str) -> None:
     assert all(t.dtype == torch.bfloat16 for t in outputs.values())
 
 
+@pytest.mark.long(25)
 @pytest.mark.slow
 def test_compile_generates_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once through Inductor with the default backend, between other operations."""

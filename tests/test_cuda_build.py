@@ -55,6 +55,7 @@ def test_both_passes_of_nvcc(compiler: Path, tmp_path: Path) -> None:
     run(compiler, *nvcc.OPTIONS, *target, "-c", source, "-o", tmp_path / "object.o", seconds=300)
 
 
+@pytest.mark.long(140)
 @pytest.mark.slow
 def test_module(compiler: Path, tmp_path: Path) -> None:
     """Built by setup.py for one architecture, whatever torch is here: a torch for the CPU loads it, too.

@@ -40,6 +40,7 @@ def flags() -> list[str]:
     return module.FLAGS
 
 
+@pytest.mark.long(25)
 @slow_if(lambda program: PROGRAMS[program])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_program(program: str, tmp_path: Path) -> None:

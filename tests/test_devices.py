@@ -62,6 +62,7 @@ def test_the_stand_in_tells_two_devices_apart(tmp_path: Path) -> None:
         assert_on_one_device(found)
 
 
+@pytest.mark.long(80)
 def test_inputs_lie_on_the_device_of_their_backend(tmp_path: Path) -> None:
     """Two tests that once did not; vmap is left out of the next test."""
     chosen = "cuda and not triton and (vmap or every_backend)"

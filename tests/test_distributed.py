@@ -573,6 +573,7 @@ def test_training(ranks: list[dict[str, Any]], name: str) -> None:
         assert not torch.equal(expected, start[key]), f"{key} has not been trained"
 
 
+@pytest.mark.long(20)
 @pytest.mark.slow
 def test_example_of_the_documents(tmp_path: Path) -> None:
     """Under torchrun, as it stands there: the model learns, and one process writes one file."""

@@ -980,6 +980,7 @@ def test_the_backend_is_declared() -> None:
     assert callable(getattr(importlib.import_module(module), name))
 
 
+@pytest.mark.long(25)
 @pytest.mark.slow
 def test_an_installed_package_has_the_backend(tmp_path: Path) -> None:
     """A fresh install, without the C++ kernels, in an interpreter that imports nothing of this package by itself."""

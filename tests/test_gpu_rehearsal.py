@@ -93,6 +93,7 @@ def test_every_fault_has_its_turn() -> None:
     assert set(FAULTS) == {fault for faults in RUNS.values() for fault in faults}
 
 
+@pytest.mark.long(60)
 @pytest.mark.slow
 @pytest.mark.parametrize("faults", RUNS.values(), ids=RUNS)
 def test_rehearsal(faults: tuple[str, ...], tmp_path: Path) -> None:

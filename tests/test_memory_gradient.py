@@ -564,6 +564,7 @@ def test_compiled(mechanism: str, passes: list[int]) -> None:
     assert passes == [2]
 
 
+@pytest.mark.long(30)
 @pytest.mark.slow
 @semantics
 def test_compiled_autograd(mechanism: str, passes: list[int]) -> None:

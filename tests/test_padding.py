@@ -174,6 +174,7 @@ for level in sys.argv[1:]:
 """
 
 
+@pytest.mark.long(25)
 @pytest.mark.slow
 def test_fresh_memory_changes_nothing() -> None:
     """Scratch memory of the C++ kernels: malloc's own, then full of 0x7f (3.4e38), then NaN each time it is taken."""

@@ -119,6 +119,7 @@ def test_sampling(model: Seq2Seq, programs: export.Programs) -> None:
     assert [[h.tokens for h in of_one] for of_one in found] == [[h.tokens for h in of_one] for of_one in expected]
 
 
+@pytest.mark.long(20)
 @slow_if(lambda attention: attention != "bahdanau")
 @pytest.mark.parametrize("attention", ["bahdanau", "location", "mocha"])
 @pytest.mark.filterwarnings("ignore")  # of the exporter, about itself
@@ -135,6 +136,7 @@ def test_onnx(attention: str, tmp_path: Path) -> None:
     check_searches(model, export.load_exported(tmp_path), rtol=1e-3)
 
 
+@pytest.mark.long(50)
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_aot_inductor(model: Seq2Seq, programs: export.Programs, tmp_path: Path) -> None:

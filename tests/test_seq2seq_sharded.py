@@ -61,6 +61,7 @@ def _process(rank: int, world: int, which: str, place: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.long(25)
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch without Gloo")
 @pytest.mark.parametrize(("which", "world"), [("apart", 1), ("apart", 2), ("nested", 2)])

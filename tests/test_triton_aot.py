@@ -161,6 +161,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.long(30)
 @pytest.mark.parametrize("name", CASES)
 def test_machine_code(name: str, tmp_path: Path) -> None:
     compiled = run_ahead("test_triton_aot", "compile_case", name, TRITON_CACHE_DIR=str(tmp_path))

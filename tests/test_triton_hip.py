@@ -46,6 +46,7 @@ NARROW = pytest.mark.xfail(reason="the decoding step reads keys less than 16 byt
 DISTINCT = ("additive", "decode", "dot", "relu", "gated", "options", "packed-decode", *READS_LESS)
 
 
+@pytest.mark.long(20)
 @pytest.mark.slow
 @pytest.mark.left_out_if(lambda name: name not in DISTINCT and list(aot.CASES).index(name) % 3)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=NARROW if n in READS_LESS else ()) for n in aot.CASES])

@@ -1,12 +1,14 @@
 // Compares the C++ kernels, without PyTorch, with loops over single elements in double. So other compilers, other
 // processors and sanitizers can run it. It replaces runtime.cpp: one thread, and scratch memory that is allocated anew
 // and to the byte each time, so a sanitizer detects what the kernels' own pool would hide. It prints mismatches.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -337,14 +339,22 @@ const Shape kShapes[] = {
 
 }  // namespace
 
-// check_kernels [level]: checks every level of this processor, or those whose name starts with `level`.
+// check_kernels [level [dtype ...]]: checks every level of this processor, or those whose name starts with `level`, in
+// all dtypes or in these.
 int main(int argc, char** argv) {
+  const std::pair<const char*, Dtype> dtypes[] = {{"float32", Dtype::float32},
+                                                  {"float64", Dtype::float64},
+                                                  {"bfloat16", Dtype::bfloat16},
+                                                  {"float16", Dtype::float16}};
   for (int i = 0; i < levels().n; ++i) {
     if (argc > 1 && std::strncmp(levels().list[i].name, argv[1], std::strlen(argv[1])) != 0) continue;
     use_level(levels().list[i].name);
     int checks = 0;
     for (const Shape& shape : kShapes)
-      for (Dtype dtype : {Dtype::float32, Dtype::float64, Dtype::bfloat16, Dtype::float16}) {
+      for (const auto& [name, dtype] : dtypes) {
+        const char* wanted = name;
+        if (argc > 2 && std::none_of(argv + 2, argv + argc, [&](char* a) { return std::strcmp(a, wanted) == 0; }))
+          continue;
         Check check(shape, dtype);
         check.additive_scores();
         check.attention(true);
