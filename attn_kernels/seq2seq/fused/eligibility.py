@@ -43,8 +43,9 @@ from .inputs import keys_and_values, memories
 
 _FUNCTIONS = FunctionType, BuiltinFunctionType
 
-_READ = BahdanauAttention, CosineAttention, LuongAttention, LocationSensitiveAttention, CoverageAttention
-for _attention in _READ[:3]:
+# The attentions whose parameters the node and the search read.
+READ = BahdanauAttention, CosineAttention, LuongAttention, LocationSensitiveAttention, CoverageAttention
+for _attention in READ[:3]:
     register(_attention, ["v", "g", "bias", "sharpness"], ["query_projection", "memory_projection"])
 _of_locations = ["location_convolution", "location_projection"]
 register(LocationSensitiveAttention, ["v", "bias"], ["query_projection", "memory_projection", *_of_locations])
@@ -107,7 +108,7 @@ def can_fuse_steps(decoder: Any, state: DecoderState, memory: Memory) -> bool:
 
 def is_called(attention: Any) -> bool:
     """Whether the node of a target calls the attention in each step, rather than read its parameters."""
-    if type(attention) in _READ:
+    if type(attention) in READ:
         return attention.clip is not None
     return isinstance(attention, nn.Module)
 

@@ -27,7 +27,7 @@ from ...types import alignments_of
 from ..decoder import Decoder
 from ..state import DecoderModules, DecoderState
 from .attention import op_arguments, prepare, with_prepared
-from .eligibility import can_fuse_steps
+from .eligibility import READ, can_fuse_steps
 from .formula import scale_query
 from .inputs import CellWeights
 from .one_call import projects_values
@@ -65,7 +65,9 @@ def fast_decoder(
 def _prepare(decoder: Decoder, memory: Memory) -> Memory:
     """The memory with prepared keys, if only code of this package will read it."""
     attention = decoder.attention
-    if not (is_stock(decoder) and is_stock(attention)) or type(memory) is not Memory or torch.compiler.is_compiling():
+    if type(attention) not in READ or type(memory) is not Memory or torch.compiler.is_compiling():
+        return memory
+    if not (is_stock(decoder) and is_stock(attention)):
         return memory
     prepared = prepare(attention.make_score(memory), memory.keys, attention.backend)
     return memory if prepared is None else PreparedMemory.of(memory, prepared)
