@@ -26,6 +26,7 @@ struct ScoreTile {
   using Key = typename F::Key;
   using W = Wide<T>;
   using Score = typename F::Score;
+  using Units = typename Score::Units;
   static constexpr bool kStaged = sizeof(T) <= 4;  // float64 uses the exact form
   static constexpr bool kExtra = kAddsExtra<Score>;
   // With one query, tanh itself takes no longer than the reads of a large memory (docs/design.md). In low precision the
@@ -258,7 +259,6 @@ struct ScoreTile {
 #pragma unroll
     for (int part = 0; part < kPer16Bytes<Key> / 4; ++part) {
       const int at = c + part * 4 * kWarp + lane * 4;
-      const typename Score::Units unit_constants(staged(), padded, NQ, at);
       float k[kRows][4];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
@@ -273,12 +273,13 @@ struct ScoreTile {
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             if constexpr (kSums == Sums::compensated)
-              Score::prepare_key_and_rest(k[r][j], unit_constants.v[j], abs_max[r], rests[r]);
+              Score::prepare_key_and_rest(k[r][j], Units(staged(), padded, NQ, at).v[j], abs_max[r], rests[r]);
             else
               Score::template prepare_key<T>(k[r][j], abs_max[r]);
           }
         }
       }
+      const Units unit_constants(staged(), padded, NQ, at);
       Score::by_form(p, [&](auto form) {
 #pragma unroll
         for (int q = 0; q < NQ; ++q) {
