@@ -82,14 +82,19 @@ struct ScoreTile {
         const Sums sums = choose();
         all_exact = sums == Sums::exact;
         any_exact = all_exact;
-        if (sums == Sums::fast) any_exact = !score_all<Sums::fast>(rows, next);
+        if (kCompensated ? sums == Sums::fast : !all_exact)
+#pragma unroll 1
+          for (int i = warp * kRows; i < steps.n; i += kWarps * kRows)
+            any_exact |= !score_rows<Sums::fast>(rows, next, i);
         if constexpr (kCompensated)
           if (sums == Sums::compensated) {
             const KeyRows<false> raw(p, b, steps.first, unit);
             if (F::kPrepared && steps.n > 0) fetch(raw, next, warp * kRows, 0);
             stage<Sums::compensated>();
             __syncthreads();
-            any_exact = !score_all<Sums::compensated>(raw, next);
+#pragma unroll 1
+            for (int i = warp * kRows; i < steps.n; i += kWarps * kRows)
+              any_exact |= !score_rows<Sums::compensated>(raw, next, i);
           }
       }
       if ((Score::kGuarded || !kStaged) && any_exact) {
@@ -190,15 +195,6 @@ struct ScoreTile {
 #pragma unroll 1
     for (int i = threadIdx.x % kWarp; i < steps.n; i += kWarp) all = all && prepared_abs_max(i) >= bound;
     return __all_sync(kAllLanes, all);
-  }
-
-  // The scores of all steps of this warp. Returns false if some need the exact form.
-  template <Sums kSums, class Source>
-  ATTN_DEVICE bool score_all(const Source& rows, uint4* next) {
-    bool all = true;
-#pragma unroll 1
-    for (int i = threadIdx.x / kWarp * kRows; i < steps.n; i += kWarps * kRows) all &= score_rows<kSums>(rows, next, i);
-    return all;
   }
 
   // Computes the scores of kRows steps from i on. Returns false if some need the exact form. next: in, the first loads
