@@ -26,6 +26,7 @@ struct ScoreTile {
   using Key = typename F::Key;
   using W = Wide<T>;
   using Score = typename F::Score;
+  using Units = typename Score::Units;
   static constexpr bool kStaged = sizeof(T) <= 4;  // float64 uses the exact form
   static constexpr bool kExtra = kAddsExtra<Score>;
   // With one query, tanh itself takes no longer than the reads of a large memory (docs/design.md). In low precision the
@@ -81,14 +82,19 @@ struct ScoreTile {
         const Sums sums = choose();
         all_exact = sums == Sums::exact;
         any_exact = all_exact;
-        if (sums == Sums::fast) any_exact = !score_all<Sums::fast>(rows, next);
+        if (kCompensated ? sums == Sums::fast : !all_exact)
+#pragma unroll 1
+          for (int i = warp * kRows; i < steps.n; i += kWarps * kRows)
+            any_exact |= !score_rows<Sums::fast>(rows, next, i);
         if constexpr (kCompensated)
           if (sums == Sums::compensated) {
             const KeyRows<false> raw(p, b, steps.first, unit);
             if (F::kPrepared && steps.n > 0) fetch(raw, next, warp * kRows, 0);
             stage<Sums::compensated>();
             __syncthreads();
-            any_exact = !score_all<Sums::compensated>(raw, next);
+#pragma unroll 1
+            for (int i = warp * kRows; i < steps.n; i += kWarps * kRows)
+              any_exact |= !score_rows<Sums::compensated>(raw, next, i);
           }
       }
       if ((Score::kGuarded || !kStaged) && any_exact) {
@@ -191,15 +197,6 @@ struct ScoreTile {
     return __all_sync(kAllLanes, all);
   }
 
-  // The scores of all steps of this warp. Returns false if some need the exact form.
-  template <Sums kSums, class Source>
-  ATTN_DEVICE bool score_all(const Source& rows, uint4* next) {
-    bool all = true;
-#pragma unroll 1
-    for (int i = threadIdx.x / kWarp * kRows; i < steps.n; i += kWarps * kRows) all &= score_rows<kSums>(rows, next, i);
-    return all;
-  }
-
   // Computes the scores of kRows steps from i on. Returns false if some need the exact form. next: in, the first loads
   // of these steps; out, the first loads of the warp's next steps.
   template <Sums kSums, class Source>
@@ -258,7 +255,6 @@ struct ScoreTile {
 #pragma unroll
     for (int part = 0; part < kPer16Bytes<Key> / 4; ++part) {
       const int at = c + part * 4 * kWarp + lane * 4;
-      const typename Score::Units unit_constants(staged(), padded, NQ, at);
       float k[kRows][4];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
@@ -273,12 +269,13 @@ struct ScoreTile {
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             if constexpr (kSums == Sums::compensated)
-              Score::prepare_key_and_rest(k[r][j], unit_constants.v[j], abs_max[r], rests[r]);
+              Score::prepare_key_and_rest(k[r][j], Units(staged(), padded, NQ, at).v[j], abs_max[r], rests[r]);
             else
               Score::template prepare_key<T>(k[r][j], abs_max[r]);
           }
         }
       }
+      const Units unit_constants(staged(), padded, NQ, at);
       Score::by_form(p, [&](auto form) {
 #pragma unroll
         for (int q = 0; q < NQ; ++q) {
