@@ -69,7 +69,9 @@ class LSTMForward(_Forward):
         self.saved = SavedLSTM(self.inputs, base, cells, cell.new_empty(steps, batch, self.size), weight)
         self.product: PackedLinear = PackedLinear(weight, batch, steps)
         self.compute: Callable[..., Any] = find_step("lstm_step", base)
-        self.gates, self.cells, self.tanh_cells = (x.unbind(0) for x in self.saved[1:4])
+        self.gates: tuple[Tensor, ...] = base.unbind(0)
+        self.cells: tuple[Tensor, ...] = cells.unbind(0)
+        self.tanh_cells: tuple[Tensor, ...] = self.saved.tanh_cells.unbind(0)
 
     def step(self, t: int, hidden_copy: Tensor | None = None) -> Tensor:
         """Returns h' of step t, (B, H), and writes it to ``hidden_copy``, too."""
@@ -89,7 +91,9 @@ class LSTMBackward:
         steps, batch, _ = saved.gates.shape
         self.product: PackedLinear = PackedLinear(saved.weight.t(), batch, steps)
         self.compute: Callable[..., Any] = find_step("lstm_step_backward", saved.gates)
-        self.of_steps = tuple(x.unbind(0) for x in (saved.gates, saved.cells, saved.tanh_cells, self.dgates))
+        self.of_steps: tuple[tuple[Tensor, ...], ...] = tuple(
+            x.unbind(0) for x in (saved.gates, saved.cells, saved.tanh_cells, self.dgates)
+        )
 
     def step(self, t: int, dh: Tensor) -> tuple[Tensor, Tensor]:
         """dh: (B, H), of h' of step t. Returns the gradients of x_t and of the state before."""
