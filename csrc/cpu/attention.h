@@ -66,7 +66,7 @@ void weighted_output(const StridedView3& array, int64_t b, const int32_t* list, 
     if (strip.stride[2] == 1)
       return by_element<T>(strip.dtype, [&](auto* element) {
         using E = std::remove_cv_t<std::remove_pointer_t<decltype(element)>>;
-        if (out_rows <= kMaxStreamedRows)
+        if (out_rows <= kMaxStreamedRows<E>)
           return weighted_sum_streamed(out, out_rows, weights, 1, ListedRows<E>(strip, b, steps), count, nc, false);
         for (int64_t j = 0; j < count; j += kMaxRows<E>)
           gemm_nn(out, out_rows, weight + first + j, ld, 1, ListedRows<E>(strip, b, steps + j),

@@ -123,6 +123,85 @@ struct WeightPairs {
 template <class E>
 constexpr int64_t kMaxRows = kPairs<E> ? kMaxPairedRows : kPanelRows;
 
+// Products with kMinPackedRows to kMaxUnpackedRows rows out read the other rows where they are: packing would take a
+// third of the time, and sums in memory (weighted_sum_streamed) take a third longer. Elsewhere 0: there are not enough
+// registers.
+constexpr int64_t kMaxUnpackedRows = ATTN_VECTOR_BYTES == 64 ? 8 : 0;
+
+// The number of rows out up to which rows are streamed.
+template <class E>
+constexpr int64_t kMaxStreamedRows = kPairs<E> || kMaxUnpackedRows == 0 ? 8 : kMinPackedRows - 1;
+
+// out_i[c..c + n) (+)= sum_j weight_i[j * wj] * rows[j] for NO rows of NV vectors, as gemm_microkernel, with rows that are
+// not packed.
+template <typename T, int NO, int NV, bool kWhole, class Rows>
+ATTN_INLINE void unpacked_microkernel(T* const* out, int64_t c, int64_t n, const T* const* weight, int64_t wj,
+                                      const Rows& rows, int64_t y_rows, bool add) {
+  constexpr int64_t w = width<T>;
+  Vec<T> acc[NO][NV];
+  for (auto& row : acc) clear(row);
+  for (int64_t j = 0; j < y_rows; ++j) {
+    const auto* from = rows[j] + c;
+    Vec<T> y[NV];
+    for (int u = 0; u < NV; ++u) {
+      if constexpr (kWhole) {
+        y[u] = load_element(from + u * w);
+        prefetch(from + (NV + u) * w);
+      } else {
+        y[u] = u * w < n ? load_elements(from + u * w, n - u * w) : Vec<T>{};
+      }
+    }
+    for (int i = 0; i < NO; ++i) {
+      const Vec<T> factor = broadcast(weight[i][j * wj]);
+      for (int u = 0; u < NV; ++u) acc[i][u] += factor * y[u];
+    }
+  }
+  for (int i = 0; i < NO; ++i)
+    for (int u = 0; u < NV; ++u) {
+      T* to = out[i] + c + u * w;
+      const int64_t left = min(w, n - u * w);
+      if (kWhole)
+        store(to, add ? load(to) + acc[i][u] : acc[i][u]);
+      else if (left > 0)
+        store_upto(to, add ? load_upto(to, left) + acc[i][u] : acc[i][u], left);
+    }
+}
+
+// Not inlined: the sums use all registers.
+template <typename T, int NO, class Rows>
+__attribute__((noinline)) void unpacked_tiles(T* const* out, const T* const* weight, int64_t wj, const Rows& rows,
+                                              int64_t y_rows, int64_t n, bool add) {
+  constexpr int NV = NO <= kTileRows ? kTileVectors : kTileVectors - 1;  // at most 24 sums
+  constexpr int64_t w = width<T>;
+  int64_t c = 0;
+  for (; c + NV * w <= n; c += NV * w)
+    unpacked_microkernel<T, NO, NV, true>(out, c, NV * w, weight, wj, rows, y_rows, add);
+  if (n - c > w)
+    unpacked_microkernel<T, NO, NV, false>(out, c, n - c, weight, wj, rows, y_rows, add);
+  else if (c < n)
+    unpacked_microkernel<T, NO, 1, false>(out, c, n - c, weight, wj, rows, y_rows, add);
+}
+
+template <typename T, class Rows>
+void gemm_nn_unpacked(T* const* out, int64_t out_rows, const T* const* weight, int64_t wj, const Rows& rows,
+                      int64_t y_rows, int64_t n, bool add) {
+  auto tiles = [&](auto count) __attribute__((always_inline)) {
+    unpacked_tiles<T, decltype(count)::value>(out, weight, wj, rows, y_rows, n, add);
+  };
+  switch (out_rows) {
+    case 4:
+      return tiles(std::integral_constant<int, 4>());
+    case 5:
+      return tiles(std::integral_constant<int, 5>());
+    case 6:
+      return tiles(std::integral_constant<int, 6>());
+    case 7:
+      return tiles(std::integral_constant<int, 7>());
+    default:
+      return tiles(std::integral_constant<int, 8>());
+  }
+}
+
 // out_i (+)= sum_j weight[i * wi + j * wj] * rows[j] for at most kMaxQueries rows out and kMaxRows<E> rows of n
 // elements E, where wi or wj is 1. add: accumulate onto out. out may have BFloat16 rows only for products of pairs,
 // with at least kMinPackedRows rows out, and without add.
@@ -135,6 +214,8 @@ void gemm_nn(O* const* out, int64_t out_rows, const T* weight, int64_t wi, int64
   for (int64_t i = 0; i < out_rows; ++i) weights[i] = weight + i * wi;
   if constexpr (sizeof(O) == sizeof(T))
     if (out_rows < kMinPackedRows) return weighted_sum_streamed(out, out_rows, weights, wj, rows, y_rows, n, add);
+  if constexpr (sizeof(O) == sizeof(T) && !kPairs<E> && kMaxUnpackedRows > 0)
+    if (out_rows <= kMaxUnpackedRows) return gemm_nn_unpacked(out, out_rows, weights, wj, rows, y_rows, n, add);
   if constexpr (kPairs<E>) {
     alignas(64) uint32_t panel[kMaxPairedRows / 2 * kPanel<T>];
     WeightPairs pairs;

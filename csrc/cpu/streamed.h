@@ -10,7 +10,6 @@ namespace ATTN_LEVEL {
 
 constexpr int kRowsAtOnce = 8;           // rows whose horizontal sums are computed together
 constexpr int64_t kMinPackedRows = 4;    // from this many rows on, packing the other factor is faster (gemm.h)
-constexpr int64_t kMaxStreamedRows = 8;  // with at most this many sums, rows are streamed rather than packed
 constexpr int64_t kMaxShortSumRows = 8;  // at most this many rows are summed in one pass along a long result
 
 // The prefetch distance in bytes, from the rows [j, j + at_once) that are being read. It leads to the next rows or, if
