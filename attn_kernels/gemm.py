@@ -112,8 +112,7 @@ class PackedLinear:
         self.transposed: Tensor | None = None  # (k, n), for MKL
         self.budget = budget
         self.steps_to_packing: int = -1  # never
-        is_supported = _supports(weight) or prefers_transposed(weight)
-        if rows > 1 and steps >= _MIN_STEPS and weight.numel() >= 1 << 16 and is_supported:
+        if rows > 1 and steps >= _MIN_STEPS and weight.numel() >= 1 << 16 and can_copy(weight):
             if budget is None:
                 self._pack(rows)
             elif weight.numel() < _LARGE_WEIGHT:
@@ -121,6 +120,11 @@ class PackedLinear:
                     self._pack(rows)
             elif steps >= 2 * _MIN_STEPS:
                 self.steps_to_packing = _MIN_STEPS
+
+    @property
+    def has_copy(self) -> bool:
+        """Whether the weight has been copied into another layout."""
+        return self.packed is not None or self.transposed is not None
 
     def _pack(self, rows: int) -> None:
         if prefers_transposed(self.weight):
@@ -158,6 +162,11 @@ def _supports(*tensors: Tensor) -> bool:
     if not all(x.is_cpu and x.dtype == torch.float32 for x in tensors):
         return False
     return bool(torch.backends.mkldnn.enabled) and _has_operators()
+
+
+def can_copy(weight: Tensor) -> bool:
+    """Whether ``PackedLinear`` may multiply with a copy. weight: for its dtype and device."""
+    return _supports(weight) or prefers_transposed(weight)
 
 
 def prefers_transposed(weight: Tensor) -> bool:

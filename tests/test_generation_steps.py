@@ -218,9 +218,9 @@ def test_what_is_prepared_waits_until_it_pays(monkeypatch: pytest.MonkeyPatch) -
     steps.rows_read += vocabulary - 4 * 20  # as after many steps
     for _ in range(24):
         got = steps.step(tokens, state, projected)
-        made.append((steps.table is not None, steps.output.product.packed is not None))
+        made.append((steps.table is not None, steps.output.product.has_copy))
     torch.testing.assert_close(got[:2], expected[:2], atol=2e-5, rtol=0)
-    first = [[flags[i] for flags in made].index(True) for i in (0, 1)] if gemm._supports(steps.embedding) else [15, 12]
+    first = [[flags[i] for flags in made].index(True) for i in (0, 1)] if gemm.can_copy(steps.embedding) else [15, 12]
     assert first == [15, 12]
 
 
@@ -231,10 +231,8 @@ def test_what_is_prepared_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "MAX_BYTES", 13 * 4 * 256 * 4 + 4 * 256 * 256 * 4)
     steps, projected = fast_decoder(one.decoder, state, memory, 1, 50)
     assert steps.table is not None and steps.table.shape == (13, 1024)
-    packed = [
-        x for x in (steps.layers[0].of_inputs, steps.layers[0].of_state, steps.of_state) if x.product.packed is not None
-    ]
-    assert len(packed) == (1 if gemm._supports(steps.embedding) else 0)
+    packed = [x for x in (steps.layers[0].of_inputs, steps.layers[0].of_state, steps.of_state) if x.product.has_copy]
+    assert len(packed) == (1 if gemm.can_copy(steps.embedding) else 0)
     tokens = torch.full((4, 1), 5)
     got, expected = steps.step(tokens, state, projected), one.decoder.step(tokens, state, memory)
     torch.testing.assert_close(got[:2], expected[:2], atol=2e-5, rtol=0)
