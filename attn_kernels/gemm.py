@@ -116,7 +116,7 @@ class PackedLinear:
             if budget is None:
                 self._pack(rows)
             elif weight.numel() < _LARGE_WEIGHT:
-                if budget.take(weight.numel() * 4):
+                if budget.take(weight.nbytes):
                     self._pack(rows)
             elif steps >= 2 * _MIN_STEPS:
                 self.steps_to_packing = _MIN_STEPS
@@ -135,7 +135,7 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         if self.steps_to_packing >= 0:
             self.steps_to_packing -= 1
-            if self.steps_to_packing < 0 and self.budget is not None and self.budget.take(self.weight.numel() * 4):
+            if self.steps_to_packing < 0 and self.budget is not None and self.budget.take(self.weight.nbytes):
                 self._pack(x.shape[0])
         if self.transposed is not None:
             return x @ self.transposed

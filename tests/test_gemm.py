@@ -136,3 +136,12 @@ def test_packed_linear(monkeypatch: pytest.MonkeyPatch, is_intel: bool, dtype: t
         added = out.clone()
         assert other.add_to(added, x) is added
         torch.testing.assert_close(added, out + x @ weight.t(), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_copies_of_weights_count_their_bytes(dtype: torch.dtype) -> None:
+    weight = torch.rand(256, 256, dtype=dtype)
+    for spare in (-1, 0):
+        budget = gemm.Budget(weight.nbytes + spare)
+        product = gemm.PackedLinear(weight, 8, 100, budget)
+        assert product.has_copy == (spare == 0 and gemm.can_copy(weight))

@@ -372,6 +372,10 @@ def test_what_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_looped(), "a function may read a tensor that requires a gradient"
     assert temperature.grad is not None
     made.update(pair("own"))
+    decoder = made["loop"].decoder
+    handle = decoder.attention.unused.register_post_accumulate_grad_hook(lambda parameter: parameter.grad.zero_())
+    assert not is_looped(), "the parameter is not used, so the hook must not run"
+    handle.remove()
     for model in made.values():  # a projection that is computed from its parameters, in each step
         nn.utils.parametrizations.weight_norm(model.decoder.attention.query_projection)
     assert is_looped()

@@ -24,7 +24,7 @@ ATTN_INLINE T largest_of(const T* x, int64_t n) {
 }
 
 // A block of columns of the queries or keys of a sentence. A cell, for vector u of row i, holds three adjacent vectors:
-// the two that Pair::keep computes (e^{2x}, e^{-2x} for tanh), and the gradient.
+// the two that Pair::keep computes (exponentials of x and of -x for tanh), and the gradient.
 template <typename T>
 struct UnitColumns {
   int64_t n;
@@ -56,8 +56,8 @@ struct UnitColumns {
 // Accumulates the gradients of NQ queries and n steps (cells of UnitColumns, all in range) from ds[a * ld + j]. Returns
 // the sum of ds tanh. Prefetches the cache lines ahead[j].
 //
-// Divisions are the bottleneck. Two queries could share a division, but the additional multiplications, or estimates of
-// the reciprocal, turned out slower. Not inlined: its sums use all registers.
+// Where pairs are divided, divisions are the bottleneck. Two queries could share a division, but the additional
+// multiplications turned out slower. Not inlined: its sums use all registers.
 template <typename T, int NQ, class Pair>
 __attribute__((noinline)) Vec<T> gradient_tile(Pair pair, T* q, T* k, int64_t n, const T* ds, int64_t ld,
                                                const char* const* ahead) {

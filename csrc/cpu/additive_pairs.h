@@ -47,9 +47,9 @@ struct TanhPair {
   ATTN_INLINE static Vec<T> of_unit(Vec<T> v, Vec<T> sum) { return kGain * v * sum; }
 
   // Columnwise: the two vectors that are stored per vector x, and whether they can be used, given the largest |q| and
-  // |k|. With divisions these are e^{2x} and e^{-2x}: the divider is the bottleneck then. With
-  // refined estimates they are e^x and e^{-x}, whose sum C = 2 cosh(q + k) and difference S take three instructions,
-  // and g = ds / C^2, ds tanh = ds S / C.
+  // |k|. With divisions these are e^{2x} and e^{-2x}: the divider is the bottleneck then. With refined estimates they
+  // are e^x and e^{-x}, whose sum C = 2 cosh(q + k) and difference S take three instructions, and g = ds / C^2,
+  // ds tanh = ds S / C.
   ATTN_INLINE static void keep(T* e, Vec<T> x) { store_both_exponentials<T>(e, kRefined ? x : x + x); }
   ATTN_INLINE static bool fits_kept(T q, T k) {
     return sizeof(T) == 4 && q <= kMaxAbsExponential && k <= kMaxAbsExponential;

@@ -132,8 +132,8 @@ constexpr int64_t kMaxUnpackedRows = ATTN_VECTOR_BYTES == 64 ? 8 : 0;
 template <class E>
 constexpr int64_t kMaxStreamedRows = kPairs<E> || kMaxUnpackedRows == 0 ? 8 : kMinPackedRows - 1;
 
-// out_i[c..c + n) (+)= sum_j weight_i[j * wj] * rows[j] for NO rows of NV vectors, as gemm_microkernel, with rows that are
-// not packed.
+// out_i[c..c + n) (+)= sum_j weight_i[j * wj] * rows[j] for NO rows of NV vectors, as gemm_microkernel, with rows that
+// are not packed.
 template <typename T, int NO, int NV, bool kWhole, class Rows>
 ATTN_INLINE void unpacked_microkernel(T* const* out, int64_t c, int64_t n, const T* const* weight, int64_t wj,
                                       const Rows& rows, int64_t y_rows, bool add) {

@@ -6,8 +6,8 @@
 // in which lanes read them. While a warp computes with 16 bytes of each of its steps, the next 16 bytes are being
 // loaded.
 //
-// A block of units has one of three forms, chosen by the sizes of v, of the queries and, where they are prepared, of the
-// keys. Single steps that are too large for it are computed exactly.
+// A block of units has one of three forms, chosen by the sizes of v, of the queries and, where they are prepared, of
+// the keys. Single steps that are too large for it are computed exactly.
 #pragma once
 
 #include "decode_types.cuh"

@@ -94,9 +94,7 @@ def _filters(attention: AttentionModule, state: Any) -> AlignmentFilters | None:
 def _dropout_factors(decoder: DecoderModules, like: Tensor, shape: torch.Size) -> tuple[Tensor | None, ...]:
     """Dropout factors of the outputs of all layers but the top one, and of the attentional vectors: (T, B, H) each.
 
-    shape: (B, T).
-
-    None without dropout.
+    None without dropout. shape: (B, T).
     """
     layers = decoder.rnn.num_layers
     if not decoder.dropout.training or decoder.dropout.p == 0:

@@ -161,7 +161,7 @@ def _can_call(attention: nn.Module, state: Any, device: torch.device) -> bool:
         and not has_global_hooks()
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # each pass would call them again
         and all(is_plain(x) and x.device == device for x in tensors)
-        and all(x.is_leaf and not x._backward_hooks for x in attention.parameters())
+        and all(x.is_leaf and not _has_hooks(x) for x in attention.parameters())
         and not any(x.requires_grad for x in attention.buffers())
     )
 
@@ -175,6 +175,11 @@ def _is_known(module: nn.Module) -> bool:
     library = str(getattr(normalizer, "__module__", "")).partition(".")[0]
     is_known = isinstance(normalizer, str) or (isinstance(normalizer, _FUNCTIONS) and library in ("torch", "entmax"))
     return is_known and is_stock(module)
+
+
+def _has_hooks(parameter: Any) -> bool:
+    """Whether a hook sees the gradient. Of a parameter that a step does not use, the node would show it None."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 def _is_hooked(module: nn.Module) -> bool:
