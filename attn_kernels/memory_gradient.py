@@ -138,11 +138,11 @@ class PendingSteps(list[Record]):
         dkeys = dvalues = None
         for first, *others in groups:
             more_keys, more_values = first.joined_gradients(others)
-            dkeys, dvalues = _sum(dkeys, more_keys), _sum(dvalues, more_values)
+            dkeys, dvalues = plus(dkeys, more_keys), plus(dvalues, more_values)
         of_steps = self.dkeys
         if of_steps is not None and dvalues is not None:
             of_steps = of_steps.to(dvalues.dtype)
-        return _sum(dkeys, of_steps), dvalues
+        return plus(dkeys, of_steps), dvalues
 
     def __call__(self) -> None:
         """No-op: it is queued only so that the engine keeps the records alive for exactly one backward pass."""
@@ -257,7 +257,8 @@ class _MemoryGradientNode(Function):
         return (*steps.joined_gradients(), None) if steps else (None, None, None)
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a + b; None counts as 0."""
     return a if b is None else b if a is None else a + b
 
 

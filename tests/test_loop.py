@@ -47,6 +47,13 @@ def batch(steps: int = T, source: int = S) -> Batch:
 LOSSES = {**sentences.LOSSES, "last step": lambda logits, alignments: weighted(logits[:, -1])}
 
 
+def masked(model: Seq2Seq) -> tuple[Memory, Any]:
+    """The memory of the batch with a mask (B, 1, S), and the first decoder state."""
+    memory, state = model.encode(*batch()[:2])
+    mask = torch.rand(B, 1, S, generator=torch.Generator().manual_seed(4)) < 0.6
+    return Memory(memory.keys, memory.values, memory.memory_lengths, mask), state
+
+
 def assert_same(made: dict[str, Seq2Seq], data: tuple[Tensor, ...], loss: str = "both", **tolerance: float) -> None:
     tolerance = tolerance or {"atol": 1e-12, "rtol": 1e-9}
     formulas.assert_same(*(run(made[name], data, LOSSES[loss]) for name in ("loop", "steps")), **tolerance)
@@ -243,10 +250,8 @@ def test_mask_of_one_query(attention: str, backend: str | None, monkeypatch: pyt
     """(B, 1, S): the same for each step, as for the queries of all steps, of which the backward makes one call."""
     made, found = models(attention=attention, backend=backend), {}
     calls = looped(made, monkeypatch)
-    mask = torch.rand(B, 1, S, generator=torch.Generator().manual_seed(4)) < 0.6
     for name, model in made.items():
-        memory, state = model.encode(*batch()[:2])
-        memory = Memory(memory.keys, memory.values, memory.memory_lengths, mask)
+        memory, state = masked(model)
         logits, alignments = model.decoder(batch()[2], state, memory)
         gradients = torch.autograd.grad(LOSSES["both"](logits, alignments), list(model.decoder.attention.parameters()))
         found[name] = (logits, alignments, *gradients)

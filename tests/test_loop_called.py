@@ -30,12 +30,12 @@ from test_loop import (
     LOSSES,
     WITH_STATE,
     B,
-    S,
     T,
     assert_same,
     batch,
     check_second_derivatives,
     looped,
+    masked,
     models,
     run,
 )
@@ -176,10 +176,8 @@ def test_frozen_parts(attention: str) -> None:
 
 def test_mask_and_no_gradients() -> None:
     made, found = pair("monotonic"), {}
-    mask = torch.rand(B, 1, S, generator=torch.Generator().manual_seed(4)) < 0.6
     for name, model in made.items():
-        memory, state = model.encode(*batch()[:2])
-        memory = Memory(memory.keys, memory.values, memory.memory_lengths, mask)
+        memory, state = masked(model)
         logits, alignments = model.decoder(batch()[2], state, memory)
         gradients = torch.autograd.grad(LOSSES["both"](logits, alignments), list(model.decoder.attention.parameters()))
         with torch.no_grad():

@@ -22,9 +22,10 @@ from ...errors import ArgumentTypeError, ArgumentValueError
 from ...mechanisms import HeadsMemory
 from ...mechanisms.stateful import with_tensors
 from ...memory import Memory
+from ...memory_gradient import plus
 from ...types import wide_dtype
 from ..attentions import attend_step
-from .collected import Collector, Gradients, plus, with_collected_gradients
+from .collected import Collector, Gradients, with_collected_gradients
 from .inputs import CalledAttention, Inputs, Query, keys_and_values, memories, with_memories
 
 

@@ -14,7 +14,7 @@ from weakref import ReferenceType, ref
 from torch import Tensor
 
 from ...memory import Memory
-from ...memory_gradient import MemoryGradient, PendingSteps, Record
+from ...memory_gradient import MemoryGradient, PendingSteps, Record, plus
 
 
 class CollectedGradient(MemoryGradient):
@@ -92,8 +92,3 @@ class Collector:
                     dvalues = more_values  # those of ``keys_alone`` have no columns
             found += [dkeys, dvalues]
         return found
-
-
-def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """a + b; None counts as 0."""
-    return a if b is None else b if a is None else a + b

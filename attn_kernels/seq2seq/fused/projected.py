@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...gemm import linear_of_rows, weight_gradient
 from ...memory import Memory
+from ...types import attention_mask
 from .inputs import Inputs
 
 # The attention of a step reads its memory for one query, which takes about as long as 8 times as many multiply-adds of
@@ -64,13 +65,9 @@ class Projection(NamedTuple):
 def find_projection(inputs: Inputs) -> Projection:
     values, memory = inputs.memory.values.flatten(0, 1), inputs.memory
     rows = None
-    if memory.memory_lengths is not None or memory.mask is not None:
-        allowed = torch.ones(memory.values.shape[:2], dtype=torch.bool)
-        if memory.memory_lengths is not None:
-            allowed &= torch.arange(allowed.shape[1]) < memory.memory_lengths[:, None]
-        if memory.mask is not None:
-            allowed &= memory.mask
-        rows = allowed.flatten().nonzero().squeeze(1)
+    allowed = attention_mask(memory.values, memory.memory_lengths, memory.mask)
+    if allowed is not None:
+        rows = allowed[:, 0].flatten().nonzero().squeeze(1)
         values = values.index_select(0, rows)
     return Projection(values, rows, inputs.attentional_weight[:, : values.shape[1]])
 
